@@ -31,7 +31,7 @@ BEATEN = 1.5
 """After ``ROUNDS`` rounds, sets that are slower than the best by this factor are no longer timed."""
 
 Times = Mapping[str, tuple[float, ...]]
-"""The two best times of each instruction set in seconds, the best first."""
+"""The two best times of each candidate, such as an instruction set, in seconds, the best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,7 @@ class SetTimes:
     @property
     def settled(self) -> bool:
         """Whether each best time came twice: otherwise something else ran, and it is worth timing again."""
-        return all(
-            max(times[name]) <= REPEATED * min(times[name])
-            for times in (self.few, self.many)
-            for name in _contenders(times)
-        )
+        return repeat(self.few, REPEATED) and repeat(self.many, REPEATED)
 
     def fastest(self) -> tuple[str, str]:
         """Instruction sets for few and for many queries."""
@@ -100,7 +96,13 @@ def _fastest(times: Times) -> str:
     return chosen
 
 
-def _contenders(times: Times) -> list[str]:
+def repeat(times: Times, within: float) -> bool:
+    """Whether the best time of each contender came twice, up to this factor."""
+    return all(max(times[name]) <= within * min(times[name]) for name in contenders(times))
+
+
+def contenders(times: Times) -> list[str]:
+    """Those that are not slower than the best by the factor ``BEATEN``."""
     best = min(map(min, times.values()))
     return [name for name, ones in times.items() if min(ones) <= BEATEN * best]
 
@@ -109,7 +111,7 @@ def _best(call: Call, names: list[str], known: Times) -> Times:
     best = {name: tuple(sorted(known.get(name, (math.inf, math.inf)))) for name in names}
     rounds, until = 0, time.perf_counter() + ROUND_SECONDS
     while rounds < ROUNDS or time.perf_counter() < until:
-        for name in names if rounds < ROUNDS else _contenders(best):
+        for name in names if rounds < ROUNDS else contenders(best):
             began = time.thread_time()  # does not count while another process has the core
             native_kernel.run_isa(call, name.encode())
             best[name] = tuple(sorted([*best[name], time.thread_time() - began])[:2])

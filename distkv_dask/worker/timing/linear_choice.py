@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from distkv_dask.kernels import few_rows, native_kernel
+from distkv_dask.kernels.instruction_sets import Times, contenders, repeat
 from distkv_dask.worker.model.packed import ONEDNN, TORCH, Choice, PackedLinear
 from distkv_dask.worker.timing.machine_times import machine_times
 from distkv_dask.worker.timing.measurement_cache import hardware
@@ -38,8 +39,6 @@ ALIKE = 1.1
 IN_LAYERS = 1.25
 """A layer of the core, which needs no operations of torch between its products, pays with products that take as long as
 this beside the fastest ones."""
-BEATEN = 1.5
-"""A candidate that was slower than the best by this factor twice is not timed in further rounds."""
 REPEATED = 1.1
 """If the two best times of a candidate differ by more, something else used the processor."""
 
@@ -52,17 +51,17 @@ Seconds = Mapping[int, Mapping[str, float]]
 class LinearTimes:
     """The two best times of each candidate in seconds, the best first, by number of rows."""
 
-    by_rows: Mapping[int, Mapping[str, tuple[float, float]]]
+    by_rows: Mapping[int, Times]
 
     @property
     def settled(self) -> bool:
         """Whether the best time of each candidate that may be chosen came twice."""
-        return all(map(_repeat, self.by_rows.values()))
+        return all(repeat(times, REPEATED) for times in self.by_rows.values())
 
     @property
     def best(self) -> Seconds:
         """The best times."""
-        return {rows: {name: best for name, (best, _) in by_name.items()} for rows, by_name in self.by_rows.items()}
+        return {rows: {name: min(times) for name, times in by_name.items()} for rows, by_name in self.by_rows.items()}
 
     def as_json(self) -> dict[str, Any]:
         """What :meth:`of_json` reads."""
@@ -126,16 +125,18 @@ def timed(known: LinearTimes | None = None) -> LinearTimes:
         products = candidates(weights)
         inputs = {rows: torch.ones(rows, INPUTS, dtype=torch.bfloat16) for rows in ROWS}
         before = known.by_rows if known else {rows: {} for rows in ROWS}
-        best = {rows: {name: before[rows].get(name, (math.inf, math.inf)) for name in products} for rows in ROWS}
+        best: dict[int, dict[str, tuple[float, ...]]] = {
+            rows: {name: before[rows].get(name, (math.inf, math.inf)) for name in products} for rows in ROWS
+        }
         for done in range(MOST_ROUNDS):
-            if not (todo := [rows for rows in ROWS if done < ROUNDS or not _repeat(best[rows])]):
+            if not (todo := [rows for rows in ROWS if done < ROUNDS or not repeat(best[rows], REPEATED)]):
                 break
             for name, linears in products.items():
                 time.sleep(CALM)
                 for rows in todo:
-                    if not _is_beaten(best[rows], name):
-                        first, second = sorted([*best[rows][name], _seconds(linears, inputs[rows])])[:2]
-                        best[rows][name] = first, second
+                    times = best[rows]
+                    if name in contenders(times) or math.inf in times[name]:  # one slow time may be chance
+                        times[name] = tuple(sorted([*times[name], _seconds(linears, inputs[rows])])[:2])
         return LinearTimes(best)
 
 
@@ -156,15 +157,6 @@ def candidates(weights: Sequence[Tensor]) -> dict[str, list[Product]]:
 
 def _plain(weight: Tensor, rows: Tensor) -> Tensor:
     return linear(rows, weight)
-
-
-def _repeat(best: Mapping[str, tuple[float, float]]) -> bool:
-    close = BEATEN * min(best.values())[0]
-    return all(second <= REPEATED * first for first, second in best.values() if first <= close)
-
-
-def _is_beaten(best: Mapping[str, tuple[float, float]], name: str) -> bool:
-    return best[name][1] < math.inf and best[name][0] > BEATEN * min(best.values())[0]
 
 
 def _seconds(linears: Sequence[Product], rows: Tensor) -> float:
